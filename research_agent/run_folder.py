@@ -213,8 +213,9 @@ def summarize(output: Path, step: int, message: str, signal: int = 0) -> TrainSu
         for name in (METRICS, TIMINGS)
     )
     numbers: dict[str, float | str] = {"steps": step}
-    if timings:
-        numbers["seconds of training"] = timings[-1]["seconds"]
+    seconds = [each["seconds"] for each in timings if each.get("seconds") is not None]
+    if seconds:
+        numbers["seconds of training"] = seconds[-1]
     for name in dict.fromkeys(name for record in records for name in record):
         if name == "reward" or name.startswith(("env/", "eval/")):
             values = [r[name] for r in records if r.get(name) is not None]

@@ -149,11 +149,16 @@ def write_grades(predictions: Path, output: Path, **settings: Any) -> Counter[st
         The number of questions with each grade.
 
     Raises:
-        ConfigError: see ``grades``.
+        ConfigError: see ``grades``, or all episodes are void.
         PredictionsError: see ``read_predictions``.
     """
     _, records = read_predictions(predictions)
     found = grades(records, **settings)
+    if not found:
+        raise ConfigError(
+            f"all {len(records)} episodes of {predictions} are void, so no question has a grade; "
+            "evaluate again"
+        )
     _write(output, map(asdict, found))
     return Counter(g.grade for g in found)
 

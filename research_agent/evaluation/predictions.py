@@ -9,6 +9,7 @@ import json
 import math
 import os
 import warnings
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -138,7 +139,8 @@ def open_predictions(
     Raises:
         FolderInUseError: another process writes to the folder.
         PredictionsError: the file belongs to another evaluation, or is broken. The function raises
-            it for a second record of the same question and sample.
+            it for a second record of the same question and sample, and for one that could not be
+            read again.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / PREDICTIONS
@@ -158,11 +160,32 @@ def open_predictions(
                         "each task its own id, or give a --limit (an --eval-limit, in training) at "
                         "which no task comes again"
                     )
+                line = _record_line(record)
                 written.add(key)
-                file.write(json.dumps(record) + "\n")
+                file.write(line + "\n")
                 file.flush()
 
             yield kept, append
+
+
+def _record_line(record: Record) -> str:
+    """Write a record as JSON, and check that it can be read again.
+
+    Raises:
+        PredictionsError: it cannot; the message names the episode.
+    """
+    where = f"episode {record['episode']}, sample {record['sample']}, cannot be recorded"
+    cure = "mend what the environment returns"
+    rewards = [record["reward"], *(each.get("reward", 0.0) for each in record["segments"])]
+    for reward in rewards:
+        if not math.isfinite(reward):
+            raise PredictionsError(f"{where}: its reward is {reward}; {cure}")
+    try:
+        line = json.dumps(record, allow_nan=False)
+    except (ValueError, RecursionError) as error:
+        raise PredictionsError(f"{where}: {error}; {cure}") from error
+    parse(line.encode(), EpisodeFormat, where, PredictionsError, cure)
+    return line
 
 
 def _resume(path: Path, header: Header, wanted: Collection[tuple[int, int]]) -> list[Record]:
@@ -274,7 +297,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes, Record | None]]:
 
 def _value(line: bytes, where: str, cure: str = _CURE) -> Record:
     """Parse and check a line: a header, or a record."""
-    schema = HeaderLineFormat if line.lstrip()[:9] == b'{"header"' else EpisodeFormat
+    is_header = line.removeprefix(BOM_UTF8).lstrip().startswith(b'{"header"')
+    schema = HeaderLineFormat if is_header else EpisodeFormat
     problem = f"{where}: this line is no record of an episode"
     return dict(parse(line, schema, problem, PredictionsError, cure))
 
@@ -324,7 +348,9 @@ def _plain(value: Any) -> Any:
     match value:
         case None | bool() | int() | float() | str():
             return finite(value)
-        case np.generic() | np.ndarray():
+        case np.floating():  # tolist() of a long double is a long double again
+            return finite(float(value))
+        case np.generic() | np.ndarray() if not isinstance(value, np.complexfloating):
             return _plain(value.tolist())
         case Mapping():
             return {str(k): _plain(v) for k, v in value.items()}

@@ -21,6 +21,7 @@ _CACHE_VERSION = 1  # user_version of the database
 _TABLE = (
     "verdicts (digest TEXT PRIMARY KEY, verdict INTEGER NOT NULL, raw TEXT NOT NULL) WITHOUT ROWID"
 )
+_BEGINNING = b'{"header"'  # what a verdict log begins with
 _LONGEST_REPLY = 64 << 20  # bytes of a row
 _MALFORMED = (msgspec.MsgspecError, ValueError, KeyError, TypeError, RecursionError)
 
@@ -117,7 +118,8 @@ class VerdictLog:
         whole, newline, rest = file.read().rpartition(b"\n")
         lines = whole.split(b"\n") if newline else []
         former = self._read(path, lines)
-        if former is None and rest and not rest.startswith(b'{"header"'):
+        # A run may have been killed while it wrote the first bytes of the header.
+        if former is None and not _BEGINNING.startswith(rest[: len(_BEGINNING)]):
             raise _not_a_log(f"{path}:1", "it does not begin with a header")
         if former is not None and former != header:
             raise ConfigurationError(

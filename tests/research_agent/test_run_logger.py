@@ -13,6 +13,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from research_agent.errors import ConfigError
+from research_agent.run_folder import summarize
 from research_agent.run_logger import RunLogger, read_lines, truncate_after, wandb_run
 from tests.research_env.fakes import Terminal
 
@@ -134,6 +135,11 @@ def test_half_a_line_that_a_kill_left_is_dropped(tmp_path: Path) -> None:
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3, "rew')
     truncate_after(path, 9)
     assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
+
+
+def test_a_summary_takes_the_last_time_that_is_logged(tmp_path: Path) -> None:
+    (tmp_path / "timings.jsonl").write_text('{"step": 1, "seconds": 2.5}\n{"step": 2}\n')
+    assert summarize(tmp_path, 2, "done").numbers["seconds of training"] == 2.5
 
 
 def test_a_metric_that_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from research_agent.cli import main
 from research_agent.errors import ConfigError
-from research_agent.evaluation.difficulty import Grade, demonstrations, grades
+from research_agent.evaluation.difficulty import Grade, demonstrations, grades, write_grades
 
 
 def record(question: int, sample: int, em: float, **more: Any) -> dict[str, Any]:
@@ -64,6 +64,14 @@ def test_what_makes_no_sense_is_refused() -> None:
             demonstrations(of("1"), each=each)
     with pytest.raises(ConfigError, match="no question_id"):
         grades([record(0, 0, 1.0, info={})])
+
+
+def test_an_evaluation_whose_episodes_are_all_void_has_no_grades(tmp_path: Path) -> None:
+    lines = [json.dumps(each) + "\n" for each in of("vv", "v")]
+    (tmp_path / "predictions.jsonl").write_text("".join(lines))
+    with pytest.raises(ConfigError, match=r"all 3 episodes of .* are void.*; evaluate again"):
+        write_grades(tmp_path, tmp_path / "grades.jsonl")
+    assert not (tmp_path / "grades.jsonl").exists()
 
 
 def test_right_episodes_become_demonstrations() -> None:

@@ -195,6 +195,9 @@ def ended(reward: float, void: bool = False, **metrics: float) -> Trajectory:
 def test_infos_become_plain_json() -> None:
     info = json.loads(json.dumps(as_record(ended(1.0))))["info"]
     assert info == {"ids": [1, 2], "hits": [0.5, None], "x": {"y": "{1}"}}
+    long = {"one": np.longdouble(0.5), "many": np.ones(2, np.longdouble), "c": np.clongdouble(1)}
+    info = json.loads(json.dumps(as_record(replace(ended(1.0), info=long))))["info"]
+    assert info == {"one": 0.5, "many": [1.0, 1.0], "c": "(1+0j)"}
 
 
 def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
@@ -207,6 +210,32 @@ def test_numbers_that_are_not_finite_are_null(tmp_path: Path) -> None:
     assert record["info"] == {"score": None, "x": [None]}
     assert summary.metrics["em"] == 1.0
     assert isnan(summary.metrics["perplexity"])
+
+
+def nested(depth: int) -> list[Any]:
+    return [nested(depth - 1)] if depth else []
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"reward": nan}, "its reward is nan"),
+        ({"segments": (Segment("action", (1,), (0.0,), reward=float("inf")),)}, "reward is inf"),
+        ({"info": {"x": nested(70)}}, "it is nested more than 64 deep"),
+        ({"info": {"x": 10**400}}, "the number 10+... is too large"),
+        ({"info": {"x": 10**5000}}, "Exceeds the limit"),
+        ({"info": {"strata": ["hops"]}}, "Expected `object | null`, got `array`"),
+    ],
+)
+def test_a_record_that_could_not_be_read_again_is_refused(
+    tmp_path: Path, change: dict[str, Any], said: str
+) -> None:
+    good, bad = ended(1.0, em=1.0), replace(ended(1.0, em=1.0), episode=3, **change)
+    with pytest.raises(PredictionsError) as caught:
+        record_evaluation([good, bad], tmp_path, RENDERER, {})
+    message = str(caught.value)
+    assert re.match(f"episode 3, sample 0, cannot be recorded: .*{said}.*; mend what", message)
+    assert [record["episode"] for record in read_predictions(tmp_path)[1]] == [0]
 
 
 def test_limit(tmp_path: Path) -> None:
@@ -450,6 +479,13 @@ def test_a_line_cut_in_the_middle_is_left_out_with_a_warning(tmp_path: Path) -> 
         header, records = read_predictions(path)
     assert header == {}
     assert [record["episode"] for record in records] == [0]
+
+
+def test_a_byte_order_mark_is_no_part_of_the_header(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.jsonl"
+    path.write_text(json.dumps({"header": HEADER}) + "\n" + record_line(0), encoding="utf-8-sig")
+    header, records = read_predictions(path)
+    assert (header, len(records)) == (HEADER, 1)
 
 
 def test_a_last_line_that_lacks_only_its_end_counts(tmp_path: Path) -> None:

@@ -696,7 +696,7 @@ def test_a_log_cut_at_any_byte_is_resumed(tmp_path: Path) -> None:
     with serving(lambda _: says(RIGHT)) as server:
         whole = run(path, server)
         lines = (tmp_path / "judged.jsonl").read_bytes()
-        for size in range(0, len(lines), 61):
+        for size in (1, 5, *range(0, len(lines), 61)):
             (tmp_path / "judged.jsonl").write_bytes(lines[:size])
             summary = run(path, server)
             assert (summary.score, summary.n) == (whole.score, 3)
