@@ -108,20 +108,31 @@ class Renderer:
 
     def encode_text(self, text: str) -> list[int]:
         """Encode text on its own: no token is added before or after it, and none is special."""
-        tokens: list[int]
+        tokens: list[int] = []
+        rest = [text]  # the next part is the last one
+        while rest:
+            part = rest.pop()
+            found = self._encode_part(part)
+            if self.special_ids.isdisjoint(found):
+                tokens += found
+            else:
+                at = self._place_to_cut(part)
+                rest += [part[at:], part[:at]]
+        return tokens
+
+    def _encode_part(self, text: str) -> list[int]:
+        ids: list[int]
         if self._plain is not None:  # as the call below, in less than half the time
             (encoding,) = self._plain.encode_batch_fast([text], add_special_tokens=False)
-            tokens = encoding.ids
+            ids = encoding.ids
         else:
-            tokens = self.tokenizer(
+            ids = self.tokenizer(
                 text, add_special_tokens=False, split_special_tokens=True, verbose=False
             )["input_ids"]
-        if self.special_ids.isdisjoint(tokens):
-            return tokens
-        return self._encode_around_specials(text)
+        return ids
 
-    def _encode_around_specials(self, text: str) -> list[int]:
-        """Encode text that names special tokens, by cutting these names in two.
+    def _place_to_cut(self, text: str) -> int:
+        """Find the name of a special token in a text; the place is behind its first character.
 
         Some tokenizers look whole words up in a vocabulary that holds the special tokens too.
         """
@@ -129,7 +140,7 @@ class Renderer:
             special = self.tokenizer.convert_ids_to_tokens(special_id)
             at = text.find(special)
             if at >= 0 and len(special) > 1:
-                return self.encode_text(text[: at + 1]) + self.encode_text(text[at + 1 :])
+                return at + 1
         raise ModelError(
             f"this tokenizer makes special tokens of the plain text {text[:80]!r}; "
             "use one whose special tokens are longer than one character"

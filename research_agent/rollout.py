@@ -35,6 +35,7 @@ def collect(
     on_finish: Callable[[Trajectory], None] | None = None,
     plan: TreePlan = CHAINS,
     overlong_prompts: Literal["error", "skip"] = "error",
+    keep: bool = True,
 ) -> list[Trajectory]:
     """Play episodes to their ends.
 
@@ -53,11 +54,12 @@ def collect(
         overlong_prompts: what to do with a task whose prompt has more tokens than ``max_prompt`` or
             the context allows. With "skip" its trajectories are void and empty, with the stop
             reason ``SKIPPED``.
+        keep: whether to return the trajectories; if not, they are freed after ``on_finish``.
 
     Returns:
-        The trajectories in the order of ``episodes``. A trajectory is ``void`` if the
-        infrastructure failed, or if the budget of its tree left it out (``NOT_GROWN``, without a
-        token). No slot is in use afterwards.
+        The trajectories in the order of ``episodes``; none without ``keep``. A trajectory is
+        ``void`` if the infrastructure failed, or if the budget of its tree left it out
+        (``NOT_GROWN``, without a token). No slot is in use afterwards.
 
     Raises:
         ConfigError: the plan needs more slots than there are, or an environment that branches.
@@ -75,7 +77,10 @@ def collect(
     )
     loop.enqueue(episodes)
     try:
-        return loop.finish(episodes)
+        while loop.has_work and not keep:
+            loop.advance()
+            loop.in_flight.done.clear()
+        return loop.finish(episodes) if keep else []
     finally:
         loop.release()
 

@@ -40,7 +40,7 @@ def evaluate(
     header: Mapping[str, Any] | None = None,
     log_tokens: bool = False,
     show: bool = True,
-    play: Callable[..., Sequence[Trajectory]] = collect,
+    play: Callable[..., object] | None = None,
 ) -> Summary:
     """Play every task of the environment, or the first ones in its order.
 
@@ -60,7 +60,7 @@ def evaluate(
             episodes are played. None: all are played.
         log_tokens: also write each action token's text and log-probability.
         show: show a progress bar on standard error.
-        play: plays the episodes, with the arguments of ``collect``.
+        play: plays the episodes, with the arguments of ``collect``; None: ``collect``.
 
     Raises:
         ConfigError: the environment does not say how many tasks it has, and no limit is given.
@@ -105,6 +105,7 @@ def evaluate(
             running.add(outcomes[-1])
             progress.update(task, advance=1, description=str(running))
 
+        play = play or partial(collect, keep=False)  # each is freed when it is written
         play(engine, environments, renderer, missing, sampling, seed=seed, on_finish=finished)
         summary = summarize(outcomes, known)
         _write_summary(summary, output)

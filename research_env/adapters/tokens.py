@@ -134,15 +134,21 @@ def _special_ids(tokenizer: Any) -> frozenset[int]:
 
 def encode_text(tokenizer: Any, text: str) -> list[int]:
     """The tokens of an observation; no passage can forge a special token."""
-    encoded = tokenizer(text, add_special_tokens=False, split_special_tokens=True)
-    ids: list[int] = encoded["input_ids"]
-    for special_id in _special_ids(tokenizer):
-        special = tokenizer.convert_ids_to_tokens(special_id)
-        if special_id in ids and len(special) > 1 and special in text:
-            # Some tokenizers look up special tokens in spite of split_special_tokens. Parts of
-            # such a token are not found.
-            at = text.index(special) + 1
-            return encode_text(tokenizer, text[:at]) + encode_text(tokenizer, text[at:])
+    ids: list[int] = []
+    rest = [text]  # the next part is the last one
+    while rest:
+        part = rest.pop()
+        found = tokenizer(part, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        for special_id in _special_ids(tokenizer):
+            special = tokenizer.convert_ids_to_tokens(special_id)
+            if special_id in found and len(special) > 1 and special in part:
+                # Some tokenizers look up special tokens in spite of split_special_tokens. Parts of
+                # such a token are not found.
+                at = part.index(special) + 1
+                rest += [part[at:], part[:at]]
+                break
+        else:
+            ids += found
     return ids
 
 

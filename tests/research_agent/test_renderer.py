@@ -69,6 +69,9 @@ def test_special_tokens_are_cut_where_the_vocabulary_holds_them_as_words() -> No
     )
     renderer = Renderer(tokenizer, frozenset({1}))
     assert renderer.encode_text("a <end> <end> b") == [2, 3, 4, 3, 4, 0]
+    assert renderer.encode_text("<end> " * 600) == [3, 4] * 600
+    assert encode_text(tokenizer, "a <end> <end> b") == [2, 3, 4, 3, 4, 0]
+    assert encode_text(tokenizer, "<end> " * 1000) == [3, 4] * 1000
 
 
 def test_a_plain_prompt_begins_as_the_tokenizer_does() -> None:

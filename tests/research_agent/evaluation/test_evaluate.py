@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -236,6 +237,23 @@ def test_a_record_that_could_not_be_read_again_is_refused(
     message = str(caught.value)
     assert re.match(f"episode 3, sample 0, cannot be recorded: .*{said}.*; mend what", message)
     assert [record["episode"] for record in read_predictions(tmp_path)[1]] == [0]
+
+
+def test_finished_episodes_are_not_kept_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, alive = Quiz.step, []
+
+    def counting(self: Quiz, action: str) -> Any:
+        if self.number == 19:
+            alive.append(sum(type(each) is Trajectory for each in gc.get_objects()))
+        return step(self, action)
+
+    before = sum(type(each) is Trajectory for each in gc.get_objects())
+    monkeypatch.setattr(Quiz, "step", counting)
+    assert quiz(tmp_path, always("a"), env_args={"count": 20}).episodes == 20
+    assert len(alive) == 1
+    assert alive[0] - before <= 3  # as many as there are environments
 
 
 def test_limit(tmp_path: Path) -> None:
