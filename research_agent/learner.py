@@ -277,11 +277,13 @@ class Learner:
         buffers = dict(self.model.named_buffers())
         bucket: list[tuple[str, Tensor]] = []
         held = 0
+        # While a tensor is gathered, its converted shard is held as well; with adapters also what
+        # they add and the sums, which are not converted.
+        copies = 6 if self.has_adapters else 2
         for name, weight in merged(self.model):
             kind = weight.dtype if dtype is None or name in buffers else dtype
             size = gathered_numel(weight) * kind.itemsize
-            # Twice: while a tensor is gathered, its converted shard is held as well.
-            if bucket and held + 2 * size > self.config.bucket_bytes:
+            if bucket and held + copies * size > self.config.bucket_bytes:
                 yield bucket
                 bucket.clear()  # not a new list: the caller may still hold this one
                 held = 0

@@ -39,6 +39,11 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "adapters": (GRPO_KL, {"packing": "on", "lora_rank": 2}),
     "critic": (PPO(kl_coef=0.0, critic_learning_rate=1e-3), {"packing": "on"}),
 }
+MEASURED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "policy": (GRPO(kl_coef=0.0), {}),
+    "critic": (PPO(kl_coef=0.1, critic_learning_rate=1e-3), {}),  # and a reference
+    "adapters": (GRPO_KL, {"lora_rank": 2}),
+}
 BUCKET = 650_000
 RESUMED = ("packed", "offload", "copies", "adapters", "critic")
 
@@ -144,13 +149,16 @@ def broken(learner: Learner) -> str:
     return ""
 
 
-def measure(folder: Path) -> dict[str, Any]:
+def measure(folder: Path, case: str) -> dict[str, Any]:
     """The most bytes of tensors that this rank holds while it loads, steps, saves and resumes."""
-    place, root = folder / "large", folder / f"large-{rank_and_size()[1]}"
-    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=BUCKET)
+    place, root = folder / "large", folder / f"large-{case}-{rank_and_size()[1]}"
+    algorithm, settings = MEASURED[case]
+    config = LearnerConfig(packing="on", micro_batch_tokens=40, bucket_bytes=BUCKET, **settings)
 
     def load(source: Path) -> Learner:
-        return Learner(load_deferred(source), GRPO(kl_coef=0.0), config, device=torch.device("cpu"))
+        reference = load_deferred(place) if case == "critic" else None
+        model = load_deferred(place if case == "adapters" else source)
+        return Learner(model, algorithm, config, reference=reference, device=torch.device("cpu"))
 
     peaks: dict[str, int] = {}
 
@@ -162,25 +170,32 @@ def measure(folder: Path) -> dict[str, Any]:
 
     with watched("load", []):
         learner = load(place)
-    weights = [local_tensor(p) for p in learner.model.parameters()]
+    policies = [learner._logprobs, learner._reference_logprobs, learner._critic]
+    models = [getattr(each, "model", each) for each in policies if each is not None]
+    weights = [local_tensor(p) for model in models for p in model.parameters()]
+    policy = [local_tensor(p) for p in learner.model.parameters()]
     with watched("step", weights):
         learner.update(random_groups(1, groups=1, samples=3))
-    moments = [
-        local_tensor(t) for each in learner.state_dict()["moments"].values() for t in each.values()
-    ]
+    state = learner.state_dict()
+    kept = [state["moments"], state["critic"]["moments"] if "critic" in state else {}]
+    moments = [local_tensor(t) for each in kept for one in each.values() for t in one.values()]
     with watched("save", [*weights, *moments]):
         saved = save(learner, root)
     with watched("send", [*weights, *moments]):
         WeightFolder().share(learner.weights(torch.bfloat16), "1")
-    del learner
+    del learner, policies, models, state, kept
     with watched("resume", []):
         found = checkpoint.load(saved, deferred=("learner",))
         learner = load(saved)
         learner.load_state_dict(found.state["learner"], found.read)
     # Counted in storages: FSDP pads the last rank's shard to the size of the others.
-    shard = sum(t.untyped_storage().nbytes() for t in weights)
-    kept = sum(t.numel() * t.element_size() for t in moments)
-    return {"shard": shard, "moments": kept, "peaks": peaks}
+    return {
+        "shard": sum(t.untyped_storage().nbytes() for t in weights),
+        "policy": sum(t.untyped_storage().nbytes() for t in policy),
+        "files": len(list((saved / "state").iterdir())),
+        "moments": sum(t.numel() * t.element_size() for t in moments),
+        "peaks": peaks,
+    }
 
 
 def half_precision(folder: Path, precision: str = "bfloat16") -> dict[str, Any]:
@@ -220,7 +235,8 @@ def main(folder: Path, rank: int, what: str) -> None:
             meeting = f"file://{folder}/meeting-{what}-{phase}"
             dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=size)
             if what == "measure":
-                torch.save(measure(folder), folder / f"bytes-{size}-{rank}.pt")
+                for case in MEASURED:
+                    torch.save(measure(folder, case), folder / f"bytes-{case}-{size}-{rank}.pt")
                 torch.save(half_precision(folder), folder / f"half-{size}-{rank}.pt")
             elif phase < 2:
                 run(folder)

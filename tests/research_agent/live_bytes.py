@@ -26,7 +26,8 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, held: Iterable[Tensor] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
-        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
+        self._most = 0  # at least what is alive
         for tensor in held:
             self._see(tensor)
 
@@ -35,11 +36,13 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        found = {key: storage() for key, storage in self._storages.items()}
-        alive = {key: each.nbytes() for key, each in found.items() if each is not None}
-        self._storages = {key: self._storages[key] for key in alive}
-        # FSDP frees what it has gathered by resizing its storage to nothing.
-        self.peak = max(self.peak, sum(alive.values()))
+        if self._most > self.peak:
+            # FSDP frees what it has gathered by resizing its storage to nothing, unseen.
+            for key, (reference, _) in list(self._storages.items()):
+                storage = reference()
+                if storage is not None:
+                    self._note(key, reference, storage.nbytes())
+            self.peak = max(self.peak, self._most)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -47,4 +50,18 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
             tensor = tensor._local_tensor
         if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
             storage = tensor.untyped_storage()
-            self._storages[storage._cdata] = weakref.ref(storage)
+            key = storage._cdata
+            known = self._storages.get(key)
+            if known is None or known[0]() is None:
+                reference = weakref.ref(storage, lambda gone: self._forget(key, gone))
+            else:
+                reference = known[0]
+            self._note(key, reference, storage.nbytes())
+
+    def _note(self, key: int, reference: weakref.ref[torch.UntypedStorage], size: int) -> None:
+        self._most += size - self._storages.get(key, (None, 0))[1]
+        self._storages[key] = (reference, size)
+
+    def _forget(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
+        if key in self._storages and self._storages[key][0] is gone:
+            self._most -= self._storages.pop(key)[1]
