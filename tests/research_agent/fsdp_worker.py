@@ -171,7 +171,7 @@ def measure(folder: Path, case: str) -> dict[str, Any]:
     with watched("load", []):
         learner = load(place)
     policies = [learner._logprobs, learner._reference_logprobs, learner._critic]
-    models = [getattr(each, "model", each) for each in policies if each is not None]
+    models: list[Any] = [getattr(p, "model", p) for p in policies if p is not None]
     weights = [local_tensor(p) for model in models for p in model.parameters()]
     policy = [local_tensor(p) for p in learner.model.parameters()]
     with watched("step", weights):
