@@ -177,9 +177,13 @@ def _record_line(record: Record) -> str:
     where = f"episode {record['episode']}, sample {record['sample']}, cannot be recorded"
     cure = "mend what the environment returns"
     rewards = [record["reward"], *(each.get("reward", 0.0) for each in record["segments"])]
-    for reward in rewards:
-        if not math.isfinite(reward):
-            raise PredictionsError(f"{where}: its reward is {reward}; {cure}")
+    if wrong := [reward for reward in rewards if not math.isfinite(reward)]:
+        if not record["void"]:
+            raise PredictionsError(f"{where}: its reward is {wrong[0]}; {cure}")
+        segments = [
+            each | {"reward": 0.0} if "reward" in each else each for each in record["segments"]
+        ]
+        record = {**record, "reward": 0.0, "segments": segments}  # nothing is concluded from them
     try:
         line = json.dumps(record, allow_nan=False)
     except (ValueError, RecursionError) as error:

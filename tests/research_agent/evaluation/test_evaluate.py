@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import re
 import shutil
@@ -237,6 +238,13 @@ def test_a_record_that_could_not_be_read_again_is_refused(
     message = str(caught.value)
     assert re.match(f"episode 3, sample 0, cannot be recorded: .*{said}.*; mend what", message)
     assert [record["episode"] for record in read_predictions(tmp_path)[1]] == [0]
+
+
+def test_a_void_episode_may_have_no_reward(tmp_path: Path) -> None:
+    void = replace(ended(math.nan, em=0.0), void=True)
+    record_evaluation([void], tmp_path, RENDERER, {})
+    [record] = read_predictions(tmp_path)[1]
+    assert (record["void"], record["reward"]) == (True, 0.0)
 
 
 def test_finished_episodes_are_not_kept_in_memory(
