@@ -77,10 +77,12 @@ def collect(
     )
     loop.enqueue(episodes)
     try:
-        while loop.has_work and not keep:
+        if keep:
+            return loop.finish(episodes)
+        while loop.has_work:
             loop.advance()
             loop.in_flight.done.clear()
-        return loop.finish(episodes) if keep else []
+        return []
     finally:
         loop.release()
 

@@ -190,8 +190,8 @@ def gold_steps(question: Question, passages: dict[str, Passage]) -> list[Step]:
             wanted = (*names[i + 1 : i + 2], *answers)
             steps.append(Step(names[i], passage, _note(question, passage, wanted)))
     noted = normalize(" ".join(step.note for step in steps))
-    said = not answers or any(normalize(answer) in noted for answer in answers)
-    return steps if said else []
+    said = [answer for answer in map(normalize, answers) if answer and answer in noted]
+    return steps if said or not answers else []
 
 
 def demonstrate(
