@@ -52,18 +52,18 @@ def run(config: RealConfig) -> str:
     if config.tiny:
         model, data = "miniworld-starter", config.output / "data"
         write_tiny_data(data, config.seed)
-    stages = plan(config, scale, model)
-    names = [stage.name for stage in stages]
+    names = [stage.name for stage in plan(config, scale, model)]
     if config.until not in (None, *names):
         raise ConfigError(f"no stage is named {config.until!r}; there is {', '.join(names)}")
     config.output.mkdir(parents=True, exist_ok=True)
     _require_same(config)
     with patch.dict(os.environ, {} if data is None else {"RESEARCH_DATA": str(data)}):
         speed = measure_speed(config, model, scale)
-        for stage in stages:
+        for number, name in enumerate(names):
+            stage = plan(config, scale, model)[number]
             if not stage.done():
-                run_stage(stage, config.output / "seconds.jsonl")
-            if stage.name == config.until:
+                run_stage(stage, config.output)
+            if name == config.until:
                 break
     results = read_results(config, model, scale, speed)
     write_atomic(config.output / "results.json", json.dumps(results, indent=1) + "\n")

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.stages import HELD_OUT, TRAINED_ON, RealConfig, Scale
+from benchmarks.real.stages import (
+    HELD_OUT,
+    TRAINED_ON,
+    RealConfig,
+    Scale,
+    seconds_by_stage,
+)
 
 TABLES = {"before": "warm start", "after": "GRPO", "blanked": "GRPO, results blanked"}
 PAPER_TABLES = {
@@ -59,17 +64,12 @@ def read_results(
         for name in PAPER_TABLES
         if (path := output / name / "table.json").is_file()
     }
-    seconds: Counter[str] = Counter()
-    log = output / "seconds.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
-        record = json.loads(line)
-        seconds[record["stage"]] += record["seconds"]  # a stage may have been stopped
     return {
         "model": model,
         "seed": config.seed,
         "scale": asdict(scale),
         "speed": dict(speed),
-        "seconds": seconds,
+        "seconds": seconds_by_stage(output),
         "paper_tables": papers,
         "curve": read_lines(output / "grpo" / "metrics.jsonl"),
         "timings": read_lines(output / "grpo" / "timings.jsonl"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,7 +38,7 @@ class Scale:
     max_turn_tokens: int
     max_in_flight: int
     micro_batch_tokens: int
-    time_limit: float | None = None  # seconds of GRPO training
+    total_seconds: float | None = None  # the time for all stages; GRPO gets what others leave
 
 
 CPU = Scale(
@@ -66,7 +67,7 @@ GPU = replace(
     prompts_per_step=32,
     eval_every=20,
     max_in_flight=256,
-    time_limit=300.0,
+    total_seconds=720.0,
     micro_batch_tokens=65536,
 )
 TINY: dict[str, Any] = {
@@ -84,6 +85,10 @@ TINY: dict[str, Any] = {
 }
 
 
+RESERVE, LEAST_GRPO = 90.0, 60.0
+"""Seconds for what no stage counts (speed, a last step that goes on), and for GRPO in any case."""
+
+
 @dataclass(frozen=True)
 class RealConfig:
     """Teach a pretrained language model to search real passages, and measure before and after."""
@@ -98,8 +103,9 @@ class RealConfig:
     """Everything in miniature, in seconds: the shipped small policy, and an invented world that is
     written as the data sets are."""
     gpu: bool = False
-    """Sizes for one GPU, meant for twelve minutes of an H200; nobody has measured them. With --tiny
-    the commands of a GPU are tried in miniature, on a CPU if there is no GPU."""
+    """Sizes for one GPU. GRPO gets the time that the other stages leave of twelve minutes; nobody
+    has measured on an H200 how much that is. With --tiny the commands of a GPU are tried in
+    miniature, on a CPU if there is no GPU."""
     until: str | None = None
     """Stop after this stage, such as zero-shot or warm-start; none runs all."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -149,7 +155,7 @@ def scale_of(config: RealConfig) -> Scale:
 
 
 def plan(config: RealConfig, scale: Scale, model: str) -> list[Stage]:
-    """List the stages in order.
+    """List the stages in order. The time limit of GRPO depends on those that are over.
 
     Args:
         config: output folder, engine, retriever and number format.
@@ -216,8 +222,25 @@ def _warm_start(config: RealConfig, scale: Scale, model: str, folder: Path, part
     return Stage(name, AGENT, words, (folder / "model.safetensors").is_file)
 
 
+def _grpo_seconds(config: RealConfig, scale: Scale) -> float | None:
+    """What the other stages leave of the time for all.
+
+    Those after GRPO, the table again and every evaluation twice, take as long as those before it.
+    """
+    if scale.total_seconds is None:
+        return None
+    times = {"zero-shot": 2, "warm-start": 1, "before": 3}
+    others = sum(
+        seconds * number
+        for stage, seconds in seconds_by_stage(config.output).items()
+        for prefix, number in times.items()
+        if stage.startswith(prefix)
+    )
+    return max(scale.total_seconds - others - RESERVE, LEAST_GRPO)
+
+
 def _grpo(config: RealConfig, scale: Scale, model: str) -> Stage:
-    folder = config.output / "grpo"
+    folder, limit = config.output / "grpo", _grpo_seconds(config, scale)
     flags = _flags(
         model=model,
         output=folder,
@@ -235,7 +258,7 @@ def _grpo(config: RealConfig, scale: Scale, model: str) -> Stage:
         precision=config.dtype,
         engine=config.engine,
         micro_batch_tokens=scale.micro_batch_tokens,
-        time_limit=scale.time_limit,
+        time_limit=limit,
     )
 
     def done() -> bool:
@@ -248,7 +271,6 @@ def _grpo(config: RealConfig, scale: Scale, model: str) -> Stage:
         # A step is logged before it is saved: one without a checkpoint is made again.
         step = int(newest.name.removeprefix("step-"))
         spent = [r["seconds"] for r in read_lines(folder / "timings.jsonl") if r["step"] <= step]
-        limit = scale.time_limit
         return step >= scale.steps or bool(limit and spent and spent[-1] >= limit)
 
     return Stage("grpo", AGENT, ("train", "smollm2-wiki", *flags), done)
@@ -281,13 +303,23 @@ def _evaluations(
         yield Stage(f"{name}-{dataset}", AGENT, tuple(words), (folder / "summary.json").is_file)
 
 
-def run_stage(stage: Stage, log: Path) -> None:
+def seconds_by_stage(output: Path) -> Counter[str]:
+    """How long the stages of a run have taken so far, those that were stopped included."""
+    seconds: Counter[str] = Counter()
+    log = output / "seconds.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.is_file() else ():
+        record = json.loads(line)
+        seconds[record["stage"]] += record["seconds"]
+    return seconds
+
+
+def run_stage(stage: Stage, output: Path) -> None:
     """Run a command in this process, as the shell would, and note how long it took.
 
     Args:
         stage: its command is printed first.
-        log: JSON Lines file; a record ``{"stage": name, "seconds": seconds}`` is appended, also for
-            a command that is stopped or fails.
+        output: folder of the run; a record ``{"stage": name, "seconds": seconds}`` is appended to
+            its seconds.jsonl, also for a command that is stopped or fails.
 
     Raises:
         ConfigError: the command failed.
@@ -308,5 +340,5 @@ def run_stage(stage: Stage, log: Path) -> None:
             raise ConfigError(message) from None
     finally:
         record = {"stage": stage.name, "seconds": round(time.perf_counter() - start, 1)}
-        with log.open("a", encoding="utf-8") as file:
+        with (output / "seconds.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")

@@ -1,6 +1,7 @@
 """Sampling with any causal language model of the ``transformers`` library.
 
-Each slot keeps its keys and values across turns, so that no token is ever prefilled twice. One step
+Each slot keeps its keys and values across turns, so that no token is ever prefilled twice, and a
+slot that begins as another one did copies them: a group's common prompt is prefilled once. One step
 is one forward over a packed row of tokens: the last token of every turn under way, and all new
 tokens of those that begin. So the linear layers see no padding; only the attention knows of slots.
 """
@@ -85,7 +86,7 @@ class TransformersEngine:
     ) -> None:
         self.max_context = require_context(model, max_context)
         self.max_slots = max_slots
-        self.forwarded_tokens = 0  # since the start; a token of a trajectory counts once
+        self.forwarded_tokens = 0  # since the start; tokens whose keys are copied do not count
         self._renderer = renderer
         self._model = (model if share else _copy(model, dtype)).eval()
         self._device = next(self._model.parameters()).device
@@ -102,7 +103,8 @@ class TransformersEngine:
                 replaced = False
             if not replaced:
                 raise ModelError("its attention cannot be replaced; use --engine vllm")
-        if not self._alone and self._states is None:
+        self._can_copy = not self._alone and self._states is None
+        if self._can_copy:
             # A recurrent state cannot be taken back to an earlier token: such a model offers no
             # fork, and branches forward their tokens again.
             self.fork: Callable[[int, int, int], None] = self._fork
@@ -127,6 +129,7 @@ class TransformersEngine:
         self._logprobs = np.zeros((max_slots, self.max_context), dtype=np.float32)
         self._params: dict[int, SamplingParams] = {}
         self._pending: dict[int, list[int]] = {}  # slots whose turn has not begun: new tokens
+        self._prompts: dict[tuple[int, ...], int] = {}  # first tokens -> the slot that has them
         self._decoding = 0  # rows [0, decoding) have a turn under way
 
     @property
@@ -207,6 +210,7 @@ class TransformersEngine:
         self._caches.pop(slot, None)
         if self._states is not None:
             self._states.forget(slot)
+        self._prompts = {prompt: held for prompt, held in self._prompts.items() if held != slot}
         self._cached[slot] = 0
         self._last[slot] = -1
 
@@ -228,10 +232,7 @@ class TransformersEngine:
             held = int(self._cached[source])
             raise ValueError(f"slot {source} holds {held} tokens, not {length}")
         self.release(target)
-        rows = np.argsort(self._order)
-        if length:
-            self._cache.move(self._tensor(rows[[target]]), self._tensor(rows[[source]]), length)
-        self._cached[target] = length
+        self._copy_held(source, target, length)
 
     def interrupt(self) -> list[Completion]:
         """End the turns under way where they are, and forget what their slots hold."""
@@ -319,11 +320,14 @@ class TransformersEngine:
         """
         buckets: dict[int, list[int]] = {}
         room = _MAX_STEP_TOKENS
-        for slot, new in self._pending.items():
-            room -= len(new)
+        for slot in self._pending:
+            if self._can_copy and not self._cached[slot] and not self._copy_prompt(slot):
+                continue
+            count = len(self._pending[slot])
+            room -= count
             if room < 0 and buckets:
                 break
-            buckets.setdefault(len(new).bit_length(), []).append(slot)
+            buckets.setdefault(count.bit_length(), []).append(slot)
         admitted = [
             sorted(bucket, key=lambda s: -self._cached[s] - len(self._pending[s]))
             for _, bucket in sorted(buckets.items())
@@ -335,6 +339,28 @@ class TransformersEngine:
             self._arrange(np.concatenate([going, slots, rest[~np.isin(rest, slots)]]))
             self._decoding += len(slots)
         return [len(bucket) for bucket in admitted]
+
+    def _copy_prompt(self, slot: int) -> bool:
+        """Copy the prompt of an empty slot from one that has it already.
+
+        Returns:
+            Whether the slot can begin; it waits a step where the other one begins in this one.
+        """
+        prompt = self._pending[slot]
+        holder = self._prompts.setdefault(tuple(prompt), slot)
+        if holder == slot:
+            return True
+        if not self._cached[holder]:
+            return False
+        self._copy_held(holder, slot, len(prompt) - 1)  # the last one's logits are needed
+        self._pending[slot] = prompt[-1:]
+        return True
+
+    def _copy_held(self, source: int, target: int, length: int) -> None:
+        """Copy keys and values of the first tokens that a slot holds."""
+        rows = np.argsort(self._order)
+        self._cache.move(self._tensor(rows[[target]]), self._tensor(rows[[source]]), length)
+        self._cached[target] = length
 
     def _close_gaps(self) -> None:
         """Move the last rows with a turn under way to the places of those whose turn is over."""

@@ -158,6 +158,24 @@ def test_a_gpu_has_commands_of_its_own() -> None:
     assert stages["zero-shot"][stages["zero-shot"].index("--limit") + 1] == "250"
 
 
+def test_grpo_on_a_gpu_gets_the_time_that_other_stages_leave(tmp_path: Path) -> None:
+    """720 s less 2 * 70 (tables), 80 (warm start), 3 * (10 + 20 + 30) (evaluations) and 90."""
+
+    def limit() -> float:
+        config = RealConfig(model="m", gpu=True, output=tmp_path)
+        (grpo,) = [each for each in plan(config, scale_of(config), "m") if each.name == "grpo"]
+        return float(grpo.words[grpo.words.index("--time-limit") + 1])
+
+    taken = {"zero-shot": 70, "warm-start": 80}
+    taken |= {"before-hotpotqa": 10, "before-2wiki": 20, "before-musique": 30, "grpo": 500}
+    log = tmp_path / "seconds.jsonl"
+    log.write_text("".join(f'{{"stage": "{n}", "seconds": {s}}}\n' for n, s in taken.items()))
+    assert limit() == 720 - 140 - 80 - 180 - 90
+    with log.open("a") as file:
+        file.write('{"stage": "zero-shot", "seconds": 500}\n')
+    assert limit() == 60  # in any case
+
+
 @pytest.mark.parametrize("gpu", [False, True])
 def test_every_command_is_one_that_a_user_can_type(gpu: bool) -> None:
     """The command lines of the real run are read, and not only those of the tiny one."""

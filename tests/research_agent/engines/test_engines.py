@@ -136,6 +136,64 @@ def test_nothing_is_prefilled_twice(renderer: Renderer) -> None:
     assert engine.forwarded_tokens == sum(len(said) - 1 for said in player.said.values())
 
 
+def test_a_prompt_that_a_group_shares_is_prefilled_once(renderer: Renderer) -> None:
+    """Slots that begin alike, at once or later, sample what they would sample alone."""
+    model = wide_qwen2()
+    prompt = renderer.encode_text("who wrote the book")
+    other = renderer.encode_text("who wrote the song")
+    group = {0: prompt, 1: prompt, 2: other, 3: prompt}
+    later = {4: prompt, 5: other}
+    after = renderer.encode_text("and when?")
+
+    def sample(engine: TransformersEngine, waves: Sequence[dict[int, list[int]]]) -> dict[Any, Any]:
+        turns = {}
+        for wave in waves:
+            for slot, tokens in wave.items():
+                engine.submit(slot, tokens, SamplingParams(max_tokens=6, seed=slot))
+            for turn in finish(engine):
+                engine.submit(turn.slot, after, SamplingParams(max_tokens=6, seed=turn.slot))
+                turns[turn.slot, "first"] = turn
+            turns |= {(turn.slot, "second"): turn for turn in finish(engine)}
+        return turns
+
+    engine = TransformersEngine(model, renderer, 6, 200)
+    shared = sample(engine, [group, later])
+    alone: dict[Any, Any] = {}
+    for slot, tokens in (group | later).items():
+        alone |= sample(TransformersEngine(model, renderer, 6, 200), [{slot: tokens}])
+    assert shared.keys() == alone.keys() and len(shared) == 12
+    for key, turn in shared.items():
+        assert turn.tokens == alone[key].tokens
+        assert turn.logprobs == pytest.approx(alone[key].logprobs, abs=1e-5)
+    # Both prompts once, then the last token of a prompt for each of the four other slots. Each
+    # slot forwards the tokens after it but for the last of the second turn.
+    assert engine.forwarded_tokens == len(prompt) + len(other) + 4 + 6 * (6 + len(after) + 6 - 1)
+
+
+def test_a_prompt_is_copied_from_no_slot_that_was_released(renderer: Renderer) -> None:
+    """The slot that has the prompt goes before the ones that wait for it, or holds another."""
+    engine = TransformersEngine(wide_qwen2(), renderer, 3, 200)
+    prompt, other = renderer.encode_text("who wrote it"), renderer.encode_text("when was it")
+
+    def sample() -> tuple[int, ...]:
+        engine.submit(2, prompt, SamplingParams(max_tokens=6))
+        (turn,) = finish(engine)
+        engine.release(2)
+        return turn.tokens
+
+    expected = sample()
+    engine.submit(0, prompt, SamplingParams(max_tokens=6))
+    engine.submit(2, prompt, SamplingParams(max_tokens=6))
+    engine.step()
+    engine.release(0)
+    (turn,) = finish(engine)
+    assert turn.tokens == expected
+    engine.release(2)
+    engine.submit(0, other, SamplingParams(max_tokens=6))
+    finish(engine)
+    assert sample() == expected
+
+
 def test_greedy_takes_the_likeliest_token(start: Start, renderer: Renderer) -> None:
     model = wide_qwen2()
     engine = start(model)
