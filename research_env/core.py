@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -23,6 +24,7 @@ from research_env.datasets.base import Dataset, Question
 from research_env.episode import Episode, fail, observe
 from research_env.errors import (
     ConfigurationError,
+    DataError,
     RetrievalError,
     UnknownNameError,
     UnknownTaskError,
@@ -470,6 +472,12 @@ def _load_dataset(settings: EnvSettings) -> Dataset:
                 f"{unused[0]}={given[unused[0]]!r} is for data sets that are given by name; a "
                 "Dataset object holds the questions and the corpus that are meant"
             )
+        for question_id, count in Counter(each.id for each in name.questions).items():
+            if count > 1:
+                raise DataError(
+                    f"{count} questions of {name.name!r} have the id {question_id!r}; an id is for "
+                    "one question"
+                )
         return name
     from research_env.datasets import load_dataset  # noqa: PLC0415 (not for a Dataset)
 

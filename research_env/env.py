@@ -153,23 +153,24 @@ class SearchQAEnv(gym.Env[str, str]):
                 not an integer from 0 on.
         """
         seed = reset_seed(self, seed)
-        super().reset(seed=seed)
-        if seed is not None:
-            self._next = 0
+        # Bad options change nothing: the order is that of the new seed, which is not set yet.
+        order, following = (self.np_random_seed, self._next) if seed is None else (seed, 0)
         match options or {}:
             case {"question_id": str(question_id), **rest} if not rest:
                 index = self._core.find_question(question_id)
             case {"episode": number, **rest} if not rest:
-                index = self._core.draw_question(self.np_random_seed, number)
-                self._next = int(number) + 1  # a small NumPy integer overflows
+                index = self._core.draw_question(order, number)
+                following = int(number) + 1  # a small NumPy integer overflows
             case {**rest} if not rest:
-                index = self._core.draw_question(self.np_random_seed, self._next)
-                self._next += 1
+                index = self._core.draw_question(order, following)
+                following += 1
             case other:
                 raise ConfigurationError(
                     f"reset takes one of the options 'episode' (a number) and 'question_id' "
                     f"(a string), not {other}"
                 )
+        super().reset(seed=seed)
+        self._next = following
         self._episode, observation, info = self._core.start(index)
         if self.render_mode == "human":
             show(observation)

@@ -149,9 +149,6 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                 seed that is not an integer from 0 on.
         """
         seed = reset_seed(self, seed)
-        super().reset(seed=seed)
-        if seed is not None:
-            self._next = list(range(self.num_envs))
         rest = dict(options or {})
         chosen = self._chosen(rest.pop("reset_mask", None))
         numbers, ids = rest.pop("episodes", None), rest.pop("question_ids", None)
@@ -169,14 +166,18 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
                     f"{name!r} has a {entry} for each of the {self.num_envs} sub-environments; "
                     f"{given!r:.80} has {count}"
                 )
-        # All are looked up before any begins: an error leaves every episode as it is.
+        # All are looked up before any begins: an error leaves the seed and every episode as it is.
+        following = self._next if seed is None else list(range(self.num_envs))
         if ids is not None:
             indexes = {i: self._core.find_question(ids[i]) for i in chosen}
         else:
-            following = self._next if numbers is None else numbers
-            indexes = {i: self._draw(following[i]) for i in chosen}
+            order = int(self.np_random_seed or 0) if seed is None else seed
+            drawn = following if numbers is None else numbers
+            indexes = {i: self._core.draw_question(order, drawn[i]) for i in chosen}
             for i in chosen:
-                self._next[i] = int(following[i]) + self.num_envs
+                following[i] = int(drawn[i]) + self.num_envs
+        super().reset(seed=seed)
+        self._next = following
         self._drop_sent(chosen)
 
         observations = [""] * self.num_envs
@@ -378,14 +379,10 @@ class SearchQAVectorEnv(VectorEnv[tuple[str, ...], Sequence[Action], npt.NDArray
             )
         return [i for i, chosen in enumerate(mask) if chosen]
 
-    def _draw(self, number: int) -> int:
-        """The index of the question of an episode by its number."""
-        return self._core.draw_question(int(self.np_random_seed or 0), number)
-
     def _begin(self, i: int, index: int | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode of the question with this index, or the next one of the order."""
         if index is None:
-            index = self._draw(self._next[i])
+            index = self._core.draw_question(int(self.np_random_seed or 0), self._next[i])
             self._next[i] += self.num_envs
         self._episodes[i], observation, info = self._core.start(index)
         return observation, info

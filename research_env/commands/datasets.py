@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,12 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg, subcommand
 
 from research_env.commands.shared import named_corpus, print_table
-from research_env.errors import ConfigurationError, DataNotFoundError, UnknownNameError
+from research_env.errors import (
+    ConfigurationError,
+    DataError,
+    DataNotFoundError,
+    UnknownNameError,
+)
 from research_env.system.terminal import show, show_json
 
 
@@ -157,7 +163,7 @@ class Datasets:
         if not isinstance(self.action, ListDatasets):
             self.action.run()
             return
-        from research_env.datasets import load, miniworld  # noqa: PLC0415
+        from research_env.datasets import miniworld  # noqa: PLC0415
         from research_env.datasets.catalog import PUBLISHED  # noqa: PLC0415
 
         rows: list[dict[str, Any]] = [
@@ -168,22 +174,7 @@ class Datasets:
                 "passages": len(list(named_corpus("miniworld", None))),
             }
         ]
-        for name, published in PUBLISHED.items():
-            row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
-            rows.append(row)
-            folder = load.local_folder(name)
-            if folder is not None:
-                row["found"] = str(folder)
-                corpus = None
-                for split in published.splits:
-                    try:
-                        data = load.load_dataset(name, split=split)
-                    except (DataNotFoundError, ConfigurationError):  # a set of some splits only
-                        row["splits"][split] = 0
-                        continue
-                    row["splits"][split] = len(data.questions)
-                    corpus = corpus or data.corpus
-                row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
+        rows += [_described(name, published.splits) for name, published in PUBLISHED.items()]
         if self.json or self.action.json:
             show_json(rows)
             return
@@ -201,9 +192,33 @@ class Datasets:
                     row["name"],
                     ", ".join(f"{split} {count:,}" for split, count in row["splits"].items()),
                     "" if row["passages"] is None else f"{row['passages']:,}",
-                    row["found"] or missing,
+                    row.get("problem") or row["found"] or missing,
                 )
                 for row in rows
             ],
         )
         show("Your own: dataset='custom', questions=PATH, corpus=PATH (SearchQA-v0)")
+
+
+def _described(name: str, splits: Iterable[str]) -> dict[str, Any]:
+    """What is here of a published data set; ``problem`` says why it cannot be read."""
+    from research_env.datasets import load  # noqa: PLC0415
+
+    row: dict[str, Any] = {"name": name, "found": None, "splits": {}, "passages": None}
+    folder = load.local_folder(name)
+    if folder is None:
+        return row
+    row["found"], corpus = str(folder), None
+    try:
+        for split in splits:
+            try:
+                data = load.load_dataset(name, split=split)
+            except (DataNotFoundError, ConfigurationError):  # a set of some splits only
+                row["splits"][split] = 0
+                continue
+            row["splits"][split] = len(data.questions)
+            corpus = corpus or data.corpus
+        row["passages"] = sum(1 for _ in corpus) if corpus is not None else 0
+    except DataError as error:
+        row["problem"] = str(error)
+    return row

@@ -71,6 +71,8 @@ class Play:
                     show("\n".join(f"{key}: {info[key]}" for key in told if key in info))
                     return
             show("[the input ended before the episode did]")
+        except UnicodeDecodeError as error:
+            raise ConfigurationError(f"the input is no {error.encoding} text: {error}") from None
         finally:
             env.close()
 

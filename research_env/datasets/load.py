@@ -277,7 +277,7 @@ def _normalizer(question: Question, language: str | None) -> Normalizer:
 
 def _with_hops(data: Dataset, split: str, hops: int | Collection[int] | None) -> Dataset:
     """Keep the questions with one of these numbers of hops; None keeps all."""
-    wanted = None if hops is None else set(hops) if isinstance(hops, Collection) else {hops}
+    wanted = None if hops is None else list(hops) if isinstance(hops, Collection) else [hops]
     if wanted is not None and not all(type(number) is int for number in wanted):
         raise ConfigurationError(f"hops is a number, or a list of numbers, not {hops!r}")
     chosen = [q for q in data.questions if wanted is None or q.hops in wanted]

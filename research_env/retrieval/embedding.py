@@ -59,7 +59,7 @@ def load_embedding(name: str) -> Embedding:
     if colon:
         try:
             made: Embedding = getattr(import_module(module), function)()
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, TypeError, ValueError) as error:
             raise ConfigurationError(f"no embedding {name!r}: {error}") from error
         return made
     if find_spec("sentence_transformers") is None or (

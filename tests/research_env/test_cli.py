@@ -186,6 +186,23 @@ def test_datasets_lists_what_is_where(tmp_path: Path, capsys: pytest.CaptureFixt
     assert "RESEARCH_DATA" in capsys.readouterr().out
 
 
+def test_a_damaged_set_does_not_hide_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = '{"id": "b", "question": "Who?", "answers": ["Ann"], "split": "test"}\n'
+    for name, text in (("musique", "{"), ("bamboogle", row)):
+        folder = tmp_path / "data" / name
+        folder.mkdir(parents=True)
+        (folder / "questions.jsonl").write_text(text, encoding="utf-8")
+    main(["datasets", "--json"])
+    told = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert "questions.jsonl:1" in told["musique"]["problem"]
+    assert told["bamboogle"]["splits"] == {"test": 1}
+    monkeypatch.setenv("COLUMNS", "400")
+    main(["datasets"])
+    assert told["musique"]["problem"] in " ".join(capsys.readouterr().out.split())
+
+
 def test_a_conversion_says_what_it_wrote_as_json(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -244,6 +261,16 @@ def test_play_when_the_input_ends_early(
     monkeypatch.setattr("sys.stdin", io.StringIO("<search>city</search>\n"))
     main(["play", "ReSearch-MiniWorld-v0"])
     assert "the input ended before the episode did" in capsys.readouterr().out
+
+
+def test_play_refuses_what_is_no_text(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stream = io.TextIOWrapper(io.BytesIO(b"<search>caf\xe9</search>\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stream)
+    with pytest.raises(SystemExit):
+        main(["play", "ReSearch-MiniWorld-v0"])
+    assert "the input is no utf-8 text" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

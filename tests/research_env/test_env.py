@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from research_env.errors import (
     ActionError,
     ClosedError,
     ConfigurationError,
+    DataError,
     EpisodeError,
     ResearchEnvError,
     RetrievalError,
@@ -320,6 +322,25 @@ def test_a_generator_that_was_set_draws_the_order_of_questions() -> None:
 def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         make().reset(seed=1, options=options)
+
+
+def test_an_id_is_for_one_question() -> None:
+    twice = replace(DATASET, questions=[*DATASET.questions, DATASET.questions[2]])
+    with pytest.raises(DataError, match="2 questions of 'tiny' have the id 'q2'"):
+        make(dataset=twice)
+
+
+def test_a_refused_reset_changes_nothing() -> None:
+    env, other = make(), make()
+    for each in (env, other):
+        each.reset(seed=4)
+    for options in ({"episode": -1}, {"episodes": [1]}, {"question_id": "q9"}):
+        with pytest.raises(ConfigurationError):
+            env.reset(seed=9, options=options)
+    assert env.np_random_seed == 4
+    assert [env.reset()[1]["question_id"] for _ in range(7)] == [
+        other.reset()[1]["question_id"] for _ in range(7)
+    ]
 
 
 def test_steps_before_reset_and_after_the_end_are_refused() -> None:

@@ -223,6 +223,19 @@ def test_without_options_the_sub_environments_share_out_the_order() -> None:
     assert env.num_tasks == 5
 
 
+def test_a_refused_reset_changes_nothing() -> None:
+    env, other = make(2), make(2)
+    for each in (env, other):
+        each.reset(seed=4)
+    for options in ({"episodes": [0, -1]}, {"episode": 1}, {"reset_mask": [True]}):
+        with pytest.raises(ConfigurationError):
+            env.reset(seed=9, options=options)
+    assert env.np_random_seed == 4
+    for _ in range(3):
+        ids = [each.reset()[1]["question_id"].tolist() for each in (env, other)]
+        assert ids[0] == ids[1]
+
+
 def test_a_generator_that_was_set_draws_the_order() -> None:
     orders = []
     for _ in range(2):

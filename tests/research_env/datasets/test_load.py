@@ -195,6 +195,8 @@ def test_hops_filter(tmp_path: Path) -> None:
         assert len(load_dataset("musique", split="train", hops=hops).questions) == count
     with pytest.raises(ConfigurationError, match=r"hops=4.*2: 3, 3: 2"):
         load_dataset("musique", split="train", hops=4)
+    with pytest.raises(ConfigurationError, match=r"hops is a number, .*, not \[\[2\]\]"):
+        load_dataset("musique", split="train", hops=[[2]])  # type: ignore[list-item]
 
 
 def test_a_users_own_files(tmp_path: Path) -> None:

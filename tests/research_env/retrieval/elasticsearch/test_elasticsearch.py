@@ -1467,7 +1467,7 @@ def test_a_real_embedding_finds_what_no_word_says(elasticsearch: str, name: str)
         engine.close()
 
 
-@pytest.mark.parametrize("model", ["no.module:here", "json:missing"])
+@pytest.mark.parametrize("model", ["no.module:here", "json:missing", "./x.py:f"])
 def test_an_embedding_that_is_not_there_is_told(model: str, name: str, elasticsearch: str) -> None:
     with pytest.raises(ConfigurationError, match="no embedding"):
         index_elasticsearch(BEATLES, index_url(elasticsearch, name), Layout(embed=model))
