@@ -7,9 +7,10 @@ step follows from what was read. The results come from a real search.
 
 A small model finds it harder to read than to search. So a note says what was asked of a passage:
 the fact behind a question of 2Wiki, if the passage states it ("The director of Get Low is ..."),
-else the sentence that names the next passage or the answer. The last thought repeats all notes, and
-a question whose answer is not in them is left out. The facts can also be demonstrated as questions
-of their own: one search, and an answer that the passage contains.
+else the sentence that names the next passage or the answer. A question whose answer is in no note
+is left out. No note is written twice: a policy that was shown how to repeat its notes before the
+answer came to repeat them without end (benchmarks/RESULTS.md). The facts can also be demonstrated
+as questions of their own: one search, and an answer that the passage contains.
 
 As in MiniWorld the habit of searching is left weak on purpose: many episodes guess or stop early.
 Reinforcement learning then has to find when to search, how often, and how to answer.
@@ -227,7 +228,7 @@ def demonstrate(
         action = f"<think> {thought} </think> <search> {step.query} </search>"
         parts += [("action", action), ("observation", result)]
         if i == len(steps) - 1:
-            return finish(" ".join(step.note for step in steps), question.answers[0])
+            return finish(step.note, question.answers[0])
         if rng.random() >= habits.go_on:
             return finish(step.note, _name(step.passage))
         thought = f"{step.note} Now I need to find {steps[i + 1].query}."

@@ -71,7 +71,7 @@ def test_a_skilled_episode_searches_reads_and_answers() -> None:
         ("observation", "[two]"),
         (
             "action",
-            "<think> Get Low is a song by Dillon Francis. He was born on October 5, 1987. </think> "
+            "<think> He was born on October 5, 1987. </think> "
             "<answer> \\boxed{October 5, 1987} </answer>",
         ),
     ]
