@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Self
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -27,41 +28,52 @@ class LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
         super().__init__()  # type: ignore[no-untyped-call]
         self.peak = 0
         self._storages: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
-        self._most = 0  # at least what is alive
+        self._alive = 0
         for tensor in held:
             self._see(tensor)
+
+    def __enter__(self) -> Self:
+        # No operation: so FSDP frees what it has gathered, and takes room for it again.
+        resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            done = resize(storage, size)
+            self._see_storage(storage)
+            return done
+
+        self._patch = patch.object(torch.UntypedStorage, "resize_", resized)
+        self._patch.start()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves((args, kwargs, out)):
             if isinstance(leaf, Tensor):
                 self._see(leaf)
-        if self._most > self.peak:
-            # FSDP frees what it has gathered by resizing its storage to nothing, unseen.
-            for key, (reference, _) in list(self._storages.items()):
-                storage = reference()
-                if storage is not None:
-                    self._note(key, reference, storage.nbytes())
-            self.peak = max(self.peak, self._most)
         return out
 
     def _see(self, tensor: Tensor) -> None:
         if isinstance(tensor, DTensor):
             tensor = tensor._local_tensor
         if type(tensor) in (Tensor, torch.nn.Parameter) and not tensor.is_meta:
-            storage = tensor.untyped_storage()
-            key = storage._cdata
-            known = self._storages.get(key)
-            if known is None or known[0]() is None:
-                reference = weakref.ref(storage, lambda gone: self._forget(key, gone))
-            else:
-                reference = known[0]
-            self._note(key, reference, storage.nbytes())
+            self._see_storage(tensor.untyped_storage())
 
-    def _note(self, key: int, reference: weakref.ref[torch.UntypedStorage], size: int) -> None:
-        self._most += size - self._storages.get(key, (None, 0))[1]
+    def _see_storage(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        reference, before = self._storages.get(key, (None, 0))
+        if reference is None or reference() is None:
+            reference = weakref.ref(storage, lambda gone: self._forget(key, gone))
+        elif size == before:
+            return
         self._storages[key] = (reference, size)
+        self._alive += size - before
+        self.peak = max(self.peak, self._alive)
 
     def _forget(self, key: int, gone: weakref.ref[torch.UntypedStorage]) -> None:
         if key in self._storages and self._storages[key][0] is gone:
-            self._most -= self._storages.pop(key)[1]
+            self._alive -= self._storages.pop(key)[1]
