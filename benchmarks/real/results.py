@@ -8,13 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real.stages import (
-    HELD_OUT,
-    TRAINED_ON,
-    RealConfig,
-    Scale,
-    seconds_by_stage,
-)
+from benchmarks.real.stages import HELD_OUT, TRAINED_ON, RealConfig, Scale, seconds_by_stage
 
 TABLES = {"before": "warm start", "after": "GRPO", "blanked": "GRPO, results blanked"}
 PAPER_TABLES = {

@@ -12,12 +12,7 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg, subcommand
 
 from research_env.commands.shared import named_corpus, print_table
-from research_env.errors import (
-    ConfigurationError,
-    DataError,
-    DataNotFoundError,
-    UnknownNameError,
-)
+from research_env.errors import ConfigurationError, DataError, DataNotFoundError, UnknownNameError
 from research_env.system.terminal import show, show_json
 
 

@@ -71,20 +71,25 @@ class Play:
                     show("\n".join(f"{key}: {info[key]}" for key in told if key in info))
                     return
             show("[the input ended before the episode did]")
-        except UnicodeDecodeError as error:
-            raise ConfigurationError(f"the input is no {error.encoding} text: {error}") from None
         finally:
             env.close()
 
 
 def _actions(lines: TextIO, terminators: Sequence[str]) -> Iterator[str]:
-    """Gather lines into actions: each ends with a terminator, or with an empty line."""
+    """Gather lines into actions: each ends with a terminator, or with an empty line.
+
+    Raises:
+        ConfigurationError: the input is no text.
+    """
     written: list[str] = []
-    for line in lines:
-        if line.strip():
-            written.append(line)
-        if written and (not line.strip() or any(mark in line for mark in terminators)):
-            yield "".join(written).removesuffix("\n")
-            written.clear()
+    try:
+        for line in lines:
+            if line.strip():
+                written.append(line)
+            if written and (not line.strip() or any(mark in line for mark in terminators)):
+                yield "".join(written).removesuffix("\n")
+                written.clear()
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"the input is no {error.encoding} text: {error}") from None
     if written:
         yield "".join(written).removesuffix("\n")
